@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -94,6 +95,21 @@ def test_each_second_layer_runs_once_more() -> None:
         with recomputed(model, Setting(5, True, 2, input_every=every)):
             passed(model)
         assert ran == expected
+
+
+def test_nothing_stays_of_a_pass() -> None:
+    """Of an odd number of layers, what the last one got beside its input did, up to the next."""
+    model = dense(num_hidden_layers=5)
+    seen: list[weakref.ref[torch.Tensor]] = []
+
+    def look(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        seen.append(weakref.ref(kwargs["position_embeddings"][0]))
+
+    model.model.layers[-1].self_attn.register_forward_pre_hook(look, with_kwargs=True)
+    with recomputed(model, Setting(5, True, 2, input_every=2)):
+        passed(model)
+        gc.collect()
+        assert [found() for found in seen] == [None, None]
 
 
 class Adding(nn.Module):

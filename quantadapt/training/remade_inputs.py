@@ -60,9 +60,14 @@ class RemadeInputs:
         stored, returned = self.inputs.last, _hidden(output)
         if self.on and stored is not None and stored is not last:
             again = partial(_run, state, layer, args[1:])
-            made = weakref.ref(returned), returned._version, weakref.ref(stored)
+            made = weakref.ref(returned, self._let_go), returned._version, weakref.ref(stored)
             self._before = _Before(*made, again)
         return output
+
+    def _let_go(self, returned: weakref.ref[Tensor]) -> None:
+        """Free what would make again what is gone: of the last layer nobody asks for it."""
+        if self._before is not None and self._before.returned is returned:
+            self._before = None
 
     def _made_from_before(self, hidden: Tensor) -> Callable[[], Tensor] | None:
         """Return what makes `hidden` again; None if it is not what the layer before, whose input
