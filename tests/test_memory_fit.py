@@ -6,6 +6,7 @@ import gc
 import math
 from collections.abc import Callable
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -153,6 +154,12 @@ def test_lowering_goes_through_every_stage() -> None:
     assert seen == [*layers, (32, True, 4), (32, True, 2), (32, True, 1)]
     assert lowered(Setting(32, True, 4), 31, 32, splits=False) is None
     assert lowered(Setting(0, False, 1), 0, 1, splits=True) is None
+    # What attention returned goes once all layers are recomputed that may be.
+    kept = [Setting(8, False, 4, True), Setting(16, False, 4, True), Setting(24, False, 4, True)]
+    kept += [Setting(31, False, 4, True), Setting(31, False, 4), Setting(32, True, 4)]
+    for higher, lower in pairwise(kept):
+        assert lowered(higher, 31, 32, splits=True) == lower
+    assert lowered(Setting(32, True, 4, True), 31, 32, splits=True) == Setting(32, True, 4)
 
 
 # --- in training ---------------------------------------------------------------------------------

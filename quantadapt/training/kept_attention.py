@@ -1,9 +1,9 @@
 """What attention returned in a layer that is recomputed, kept for its recomputation.
 
-Of a long row attention is most of a layer's time, and what it returns is no larger than the layer's
-input. So it is not computed again: the recomputation is given what the fused kernel returned, and
-its backward goes on from there. It is selective recomputation (https://arxiv.org/abs/2205.05198) of
-all but one operation.
+Of a long row attention is most of a layer's time, and what it returns is about as large as the
+layer's input. So it is not computed again: the recomputation is given what the fused kernel
+returned, and its backward goes on from there. It is selective recomputation
+(https://arxiv.org/abs/2205.05198) of all but one operation.
 """
 
 from __future__ import annotations
