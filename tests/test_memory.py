@@ -347,10 +347,15 @@ def test_of_long_rows_attention_is_kept_before_whole_layers() -> None:
     # Where it has no place on the card it waits in CPU memory, if that is known to suffice.
     assert long.fit(usable(24 * GIB)) == Setting(32, True, 1)
     needed = 32 * (each + 65_536 * 4096 * 2)
-    roomy = replace(long, host_free=2 * needed)
+    free = 2 * needed + 2 * GIB  # the process's
+    roomy = replace(long, host_free=free)
     assert roomy.fit(usable(24 * GIB)) == Setting(32, True, 1, attention=True)
     assert roomy.offloaded_bytes(Setting(32, True, 1, attention=True)) == needed
-    assert replace(roomy, host_free=2 * needed - 1).fit(usable(24 * GIB)) == Setting(32, True, 1)
+    assert replace(roomy, host_free=free - 1).fit(usable(24 * GIB)) == Setting(32, True, 1)
+    shared = replace(long, streamed="all")  # and that takes of it, too
+    for less, kept in ((0, True), (1, False)):
+        there = replace(shared, host_free=free + shared.host_bytes - less)
+        assert (Setting(32, True, 1, attention=True) in there.settings()) == kept
     assert not any(s.attention for s in replace(long, length=4032).settings())
     assert not any(s.attention for s in replace(long, packed=True).settings())
 

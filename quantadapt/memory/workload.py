@@ -139,8 +139,7 @@ class Workload(Passes):
         """Return `setting` with as many inputs in CPU memory as that has room for."""
         if not setting.offload or setting.attention:
             return setting
-        room = max(self.host_free - self.host_bytes - rules.BESIDE, 1) if self.host_free else 0
-        every = rules.input_every(self.offloaded_bytes(setting), room)
+        every = rules.input_every(self.offloaded_bytes(setting), self._host_room)
         return replace(setting, input_every=every)
 
     @property
@@ -150,7 +149,13 @@ class Workload(Passes):
         return stock and rules.keeps_attention(self.row)
 
     def _has_host_room(self, setting: Setting) -> bool:
-        return rules.has_host_room(self.offloaded_bytes(setting), self.host_free)
+        return rules.has_host_room(self.offloaded_bytes(setting), self._host_room)
+
+    @property
+    def _host_room(self) -> int:
+        """CPU memory that what is streamed and the process leave; 0 where that is not known."""
+        left = self.host_free - self.host_bytes - rules.BESIDE
+        return max(left, 1) if self.host_free else 0
 
     def longest(self, budget: int) -> int:
         """Return how many tokens a single example may have within `budget` bytes; 0 where not even
