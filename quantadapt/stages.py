@@ -6,7 +6,6 @@ generate.
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -15,16 +14,22 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from . import planning
 from .dependencies import in_turn
-from .distributed.world import world
 from .errors import (
     ModelError,
     OptionsError,
     Problem,
-    QuantadaptError,
     refuse_below_one,
     refuse_unknown,
 )
-from .evaluation.held_out import given_of, held_out, held_out_data, needed
+from .evaluation.given_data import (
+    examples_of,
+    is_named,
+    named_in_spec,
+    named_to_measure_on,
+    refuse_length,
+    refuse_unmeasured,
+)
+from .evaluation.held_out import given_of, held_out, held_out_data
 from .planning.planned import Plan
 from .planning.streaming import NO_GPU, NOT_STREAMED
 from .quantizing.stage import quantize_plan
@@ -45,7 +50,6 @@ if TYPE_CHECKING:
     from .data.tokens import Prompt
     from .generation import Answer
     from .generation.prompts import Layout, Turns
-    from .protocols import Task
     from .quantizing.examples import Calibration
     from .training.stage import TrainResult
 
@@ -218,21 +222,21 @@ def train(
     from .training.checking import check
     from .training.stage import train as train_
 
-    named = {**_named(data, max_length), **_named_to_measure_on(eval_data)}
+    named = {**named_in_spec(data, max_length), **named_to_measure_on(eval_data)}
     spec = Spec(train=options, objective=objective, data=named, seed=seed)
     task = planning.task_for(spec)
     check(model, spec.train, task)
-    _refuse_length(max_length, data, data if eval_data is None else eval_data)
-    _refuse_unmeasured(spec, eval_data)
+    refuse_length(max_length, data, data if eval_data is None else eval_data)
+    refuse_unmeasured(spec, eval_data)
     tokenizer = tokenizer or state_of(model).tokenizer
     given: Dataset | None = None
     if not (eval_data is None or isinstance(eval_data, str | Path)):
         given = held_out_data(eval_data, tokenizer)
     with stage("train", verbose) as tell, tempfile.TemporaryDirectory() as scratch:
         log, note = _told(tell, on_log, on_note)
-        dataset, measured = _examples(data, given, task, spec, tokenizer, note)
+        dataset, measured = examples_of(data, given, task, spec, tokenizer, note)
         state = state_of(model) if hasattr(model, "quantadapt") else None
-        if state is not None and _is_named(data):
+        if state is not None and is_named(data):
             state.max_length = spec.data.max_length
         if spec.train.stream_folder is not None and spec.train.stream not in ("experts", "all"):
             note(NOT_STREAMED)
@@ -270,54 +274,6 @@ def _told(
             on_note(text)
 
     return log, note
-
-
-def _examples(
-    data: Any,
-    measured: Dataset | None,
-    task: Task,
-    spec: Spec,
-    tokenizer: Any,
-    note: Callable[[str], None],
-) -> tuple[Dataset, Dataset | None]:
-    """Return the examples to learn from, and those to measure on, if any: read as `spec` says
-    where they are only named, else as they were given.
-
-    Args:
-        data: see `train`.
-        measured: what is given to measure on, tokenized.
-    """
-    if not _is_named(data):
-        if spec.data.eval_path is None:
-            return data, measured
-        alone = spec.data.model_copy(update={"path": spec.data.eval_path})
-        return data, task.read(alone, needed(tokenizer), seed=spec.seed).eval
-    read = task.read_for(spec, needed(tokenizer), processes=world().size)
-    if measured is not None:
-        note(f"data: eval_data is measured on, and not the {len(read.eval):,} held out")
-    for text in read.report.words():
-        note(f"data: {text}")
-    return read.train, read.eval if measured is None else measured
-
-
-def _is_named(data: Any) -> bool:
-    """Say whether data are still to be read: the demo's (None), a name, a list of sources."""
-    return data is None or isinstance(data, str | Path | list)
-
-
-def _named(data: Any, max_length: int | None) -> dict[str, Any]:
-    """Return what a spec says of data that are not tokenized yet."""
-    given = {} if max_length is None else {"max_length": max_length}
-    if isinstance(data, list):
-        return {"sources": data, **given}
-    return {"path": str(data), **given} if isinstance(data, str | Path) else given
-
-
-def _named_to_measure_on(eval_data: Any) -> dict[str, Any]:
-    """Return what a spec says of held-out data that are not tokenized yet: all of them."""
-    if not isinstance(eval_data, str | Path):
-        return {}
-    return {"eval_path": str(eval_data), "eval_examples": sys.maxsize}
 
 
 @in_turn
@@ -365,7 +321,7 @@ def evaluate(
     )
     with trusting(trust_remote_code):
         evaluators = planning.evaluators([{"name": evaluation, **options}])
-    _refuse_length(max_length, data)
+    refuse_length(max_length, data)
     tokenizer = tokenizer or state_of(model).tokenizer
     trained = getattr(getattr(model, "quantadapt", None), "max_length", None)
     with stage("evaluate", verbose) as tell:
@@ -422,19 +378,3 @@ def generate(
     ids = [writer.ids(prompt) for prompt in prompts]
     with quietly():
         return list(answers(model, tokenizer, ids, sampling, batch_size=batch_size))
-
-
-def _refuse_length(max_length: int | None, *data: Any) -> None:
-    """Raise QuantadaptError where a longest example is given and none of `data` is read."""
-    if max_length is None or any(map(_is_named, data)):
-        return
-    what = "max_length has no effect on a Dataset that is tokenized already"
-    fix = "leave it out, and cut the examples yourself: dataset.map(lambda e: {k: v[:n] ...})"
-    raise QuantadaptError(what, fix=fix)
-
-
-def _refuse_unmeasured(spec: Spec, eval_data: Any) -> None:
-    """Raise QuantadaptError where there is something to measure on, and nothing says when."""
-    if eval_data is not None and spec.train.validates == "no":
-        what = "eval_data has no effect where nothing says when to measure on it"
-        raise QuantadaptError(what, fix="pass eval_steps=..., or eval_strategy='epoch'")

@@ -14,6 +14,7 @@ import torch
 from processes import in_processes
 from torch.nn.functional import cross_entropy, logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl_models import begun_as_ours
 from trl_settings import PLAIN
 
 import quantadapt as qa
@@ -109,7 +110,7 @@ def of_trl(
 ) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
     """The same in TRL's trainer with stock transformers and PEFT; of an adapter that is there
     already, with a model of its own as reference."""
-    from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+    from peft import get_peft_model_state_dict
     from trl import DPOConfig, DPOTrainer
 
     class Tokenized(DPOTrainer):
@@ -117,19 +118,7 @@ def of_trl(
             return dataset
 
     start = {n: p.detach().clone() for n, p in attached().named_parameters() if p.requires_grad}
-    base = AutoModelForCausalLM.from_pretrained(small_model(), dtype=torch.float32)
-    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(base, lora)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(start[name])
-    reference = None
-    if begun is not None:
-        stock = (AutoModelForCausalLM.from_pretrained(small_model(), dtype=torch.float32)
-                 for _ in range(2))  # fmt: skip
-        model = PeftModel.from_pretrained(next(stock), str(begun), is_trainable=True)
-        reference = PeftModel.from_pretrained(next(stock), str(begun)).merge_and_unload()
+    model, reference = begun_as_ours(start, begun)
     data = pairs().select_columns(["prompt_ids", "chosen_ids"])
     data = data.add_column("rejected_ids", pairs()["_rejected"])
     options = {name: value for name, value in TRAIN.items() if name != "warmup_ratio"}

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from processes import in_processes
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
+from trl_models import begun_as_ours
 from trl_settings import PLAIN
 
 import quantadapt as qa
@@ -82,7 +83,6 @@ def of_trl(
     """The same in TRL's trainer with stock transformers and PEFT; of an adapter that is there
     already, with a model of its own as reference."""
     from datasets import Dataset
-    from peft import LoraConfig, PeftModel, get_peft_model
     from trl import KTOConfig, KTOTrainer
 
     class Tokenized(KTOTrainer):
@@ -90,19 +90,7 @@ def of_trl(
             return dataset
 
     start = {n: p.detach().clone() for n, p in attached().named_parameters() if p.requires_grad}
-    base = AutoModelForCausalLM.from_pretrained(small_model(), dtype=torch.float32)
-    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(base, lora)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(start[name])
-    reference = None
-    if begun is not None:
-        stock = (AutoModelForCausalLM.from_pretrained(small_model(), dtype=torch.float32)
-                 for _ in range(2))  # fmt: skip
-        model = PeftModel.from_pretrained(next(stock), str(begun), is_trainable=True)
-        reference = PeftModel.from_pretrained(next(stock), str(begun)).merge_and_unload()
+    model, reference = begun_as_ours(start, begun)
     rows = []
     for row in data:
         at = row["completion_mask"].index(1)
